@@ -18,8 +18,6 @@ GENERATORS = {
     "L/16": {"in_channels": 3, "input_size": 256, "patch_size": 16, "width": 1024, "depth": 24, "heads": 16},
 }
 
-#: The embedding of alpha enters the condition with this weight (A.2).
-GUIDANCE_GAIN = 0.02
 EMBEDDING_STD = 0.02
 
 
@@ -34,6 +32,10 @@ class Generator(ModelMixin, ConfigMixin):
         num_classes: class slots.
         num_registers: register tokens, dropped at the end.
         num_styles, style_codes: style indices per sample, and the size of each one's codebook; 0 styles for none.
+        class_embedding_std: of the initial class embeddings; a short training wants more than the paper's 0.02, so that
+            classes differ from the first step.
+        guidance_gain: weight of the embedding of alpha in the condition; a short training needs more than the paper's
+            0.02 to tell alphas apart.
         attention_in_float32: do attention in float32 even under autocast (ablation and pixel models).
     """
 
@@ -51,6 +53,8 @@ class Generator(ModelMixin, ConfigMixin):
         num_registers: int = 16,
         num_styles: int = 32,
         style_codes: int = 64,
+        class_embedding_std: float = 0.02,
+        guidance_gain: float = 0.02,
         attention_in_float32: bool = True,
     ):
         super().__init__()
@@ -94,11 +98,11 @@ class Generator(ModelMixin, ConfigMixin):
         return self._to_image(x_BNP)
 
     def condition(self, class_labels: Tensor, guidance_scale: Tensor, style_indices: Tensor) -> Tensor:
-        """The condition ``[B, D]``: class + sum of styles + 0.02 x embedding of alpha."""
+        """The condition ``[B, D]``: class + sum of styles + `guidance_gain` x embedding of alpha."""
         c_BD = self.class_embedding(class_labels)
         for embedding, index_B in zip(self.style_embeddings, style_indices.unbind(1), strict=True):
             c_BD = c_BD + embedding(index_B)
-        return c_BD + GUIDANCE_GAIN * self.guidance_embedding(guidance_scale)
+        return c_BD + self.config.guidance_gain * self.guidance_embedding(guidance_scale)
 
     def _to_patches(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, N, P]``, the elements of a patch in (p, p, C) order."""
@@ -120,6 +124,7 @@ class Generator(ModelMixin, ConfigMixin):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=EMBEDDING_STD)
+        nn.init.normal_(self.class_embedding.weight, std=self.config.class_embedding_std)
         nn.init.normal_(self.registers, std=EMBEDDING_STD)
         self.position.copy_(get_2d_sincos_pos_embed(self.config.width, grid, output_type="pt"))
         for modulation in [*(block.modulation for block in self.blocks), self.final_modulation]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_constant_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -22,8 +21,11 @@ from drift.errors import InputError
 from drift.features import feature_group
 from drift.generator import Generator
 from drift.guidance import negative_weight, sample_guidance_scale
-from drift.loss import TEMPERATURES, DriftLoss, drift_loss, global_mean
+from drift.loss import TEMPERATURES, DriftLoss, drift_loss, global_mean, sum_over_features
 from drift.queue import SampleQueue
+
+#: The learning rate at the first step of the warm-up (R).
+WARMUP_START = 1e-6
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class DriftTrainer:
         objective: sizes and densities of a step.
         num_classes: classes of the data.
         learning_rate, warmup_steps, weight_decay, betas, max_grad_norm: AdamW, constant after a linear warm-up.
+        steps, decay_steps: the rate falls linearly to 0 over the last `decay_steps` of `steps`; 0 in the paper.
         ema_decay: constant decay of the EMA weights.
         queue_class_capacity, queue_global_capacity: `drift.queue`.
         accelerator: device, precision and processes.
@@ -89,6 +92,8 @@ class DriftTrainer:
     num_classes: int
     learning_rate: float = 2e-4
     warmup_steps: int = 5000
+    steps: int = 30000
+    decay_steps: int = 0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 2.0
@@ -114,7 +119,6 @@ class DriftTrainer:
             weight_decay=self.weight_decay,
             foreach=True,
         )
-        scheduler = get_constant_schedule_with_warmup(optimizer, self.warmup_steps)
         self.ema = EMAModel(self.generator.parameters(), decay=self.ema_decay, min_decay=self.ema_decay, foreach=True)
         self.queue = SampleQueue(
             self.num_classes,
@@ -123,14 +127,23 @@ class DriftTrainer:
             global_capacity=self.queue_global_capacity,
             device=device,
         )
-        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(self.generator, optimizer, scheduler)
-        self.accelerator.register_for_checkpointing(self.ema, self.queue, self)
+        # Not prepared: Accelerate would step it once per process, and a step here is one step whatever their number.
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: self._rate(done))
+        self.model, self.optimizer = self.accelerator.prepare(self.generator, optimizer)
+        self.accelerator.register_for_checkpointing(self.ema, self.queue, self.scheduler, self)
         self._batches: Iterator[tuple[np.ndarray, np.ndarray]] | None = None
 
-    def run(self, steps: int) -> Iterator[Step]:
-        """Train until step number `steps`, yielding each step's record after its update."""
-        while self.step < steps:
+    def run(self, steps: int | None = None) -> Iterator[Step]:
+        """Train until step number `steps` (by default to the end), yielding each step's record after its update."""
+        while self.step < (self.steps if steps is None else steps):
             yield self._train_step()
+
+    def _rate(self, done: int) -> float:
+        """Factor of the learning rate after `done` steps: linear warm-up from 1e-6, constant, linear decay to 0."""
+        start = min(WARMUP_START / self.learning_rate, 1.0)
+        warm = min(done / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
+        left = min((self.steps - done) / self.decay_steps, 1.0) if self.decay_steps else 1.0
+        return (start + (1 - start) * warm) * max(left, 0.0)
 
     # --- One step -----------------------------------------------------------------------------------------------
 
@@ -154,7 +167,7 @@ class DriftTrainer:
         negatives = self.queue.sample_any(len(labels_L), goal.unconditional, generator=random)
         generated = self._generate(labels_L, alpha_L, random)
         losses = self._losses(generated, positives, negatives, alpha_L)
-        loss = torch.stack([value.loss.mean() for value in losses.values()]).sum()
+        loss = sum_over_features(losses)
         self._require_finite(loss, losses)
 
         self.accelerator.backward(loss)

@@ -110,6 +110,8 @@ class GeneratorSize(Section):
     num_registers: CountOrZero = 16
     num_styles: CountOrZero = 32
     style_codes: Count = 64
+    class_embedding_std: NonNegative = 0.02
+    guidance_gain: Rate = 0.02
     attention_in_float32: bool = True
 
 
@@ -130,6 +132,7 @@ class Train(Section):
     features: list[str] | None = None
     learning_rate: Rate = 2e-4
     warmup_steps: CountOrZero = 5000
+    decay_steps: CountOrZero = 0
     weight_decay: NonNegative = 0.01
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     max_grad_norm: Rate = 2.0
@@ -214,6 +217,16 @@ class Params(Section):
                     if value is not None and value not in getattr(self, f"{field}s"):
                         known = nearest(value, getattr(self, f"{field}s"))
                         raise ValueError(f"{kind}.{name}.{field}: no {field} is named {value!r}{known}")
+        return self
+
+    @model_validator(mode="after")
+    def _names_agree(self):
+        if self.experiment not in self.experiments:
+            raise ValueError(f"experiment: unknown {self.experiment!r}{nearest(self.experiment, self.experiments)}")
+        for field, name in self.names:
+            wanted = getattr(self.experiments[self.experiment], field)
+            if name != wanted:
+                raise ValueError(f"names.{field}: {name!r}, but the experiment {self.experiment!r} uses {wanted!r}")
         return self
 
 

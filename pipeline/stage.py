@@ -30,6 +30,7 @@ _REPORTED_PACKAGES = ("torch", "diffusers", "accelerate", "clean-fid", "torch-fi
 _DISK_ERRORS = {
     errno.ENOSPC: "disk full",
     errno.EDQUOT: "disk quota exceeded",
+    errno.EFBIG: "file too large for this disk or its limits",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.EROFS: "read-only file system",

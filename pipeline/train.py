@@ -104,6 +104,8 @@ def build_trainer(
         len(latents.classes),
         learning_rate=section.learning_rate,
         warmup_steps=section.warmup_steps,
+        steps=section.steps,
+        decay_steps=section.decay_steps,
         weight_decay=section.weight_decay,
         betas=tuple(section.betas),
         max_grad_norm=section.max_grad_norm,
@@ -127,7 +129,7 @@ def train(
     bar = stage.progress(None, total=section.steps, unit="step", description="train")
     bar.update(trainer.step)
     bar.initial = bar.last_print_n = trainer.step
-    for step in trainer.run(section.steps):
+    for step in trainer.run():
         last = step.step == section.steps
         if step.step % section.log_every == 0 or last:
             history.append(reproducible_metrics(step))

@@ -142,8 +142,9 @@ def drifting_field(
     Raises:
         ValueError: shapes that do not fit, or an unknown kernel or normalization.
     """
-    if x.shape[-1] != positives.shape[-1] or (negatives is not None and x.shape[-1] != negatives.shape[-1]):
-        raise ValueError("x, positives and negatives must have the same last dimension")
+    for name, targets in (("positives", positives), ("negatives", negatives)):
+        if targets is not None and (*targets.shape[:-2], targets.shape[-1]) != (*x.shape[:-2], x.shape[-1]):
+            raise ValueError(f"{name} {tuple(targets.shape)} do not fit x {tuple(x.shape)}: only the number may")
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         x, y_pos = x.float(), positives.float()
         y_neg = x if negatives is None else negatives.float()

@@ -19,6 +19,12 @@ from drift.generator import Generator
 
 _NDARRAY = 1  # flax's extension code: (shape, dtype name, bytes)
 
+_GENERATOR_CONFIG = (
+    *("in_channels", "input_size", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio"),
+    *("num_classes", "n_cls_tokens", "noise_coords", "noise_classes", "attn_fp32"),
+)
+_MAE_CONFIG = ("in_channels", "base_channels", "layers", "num_classes", "input_patch_size", "patch_size")
+
 #: Rewrites of flax parameter paths, applied in order; what they leave is this project's name of the module.
 _GENERATOR_NAMES = [
     (r"/Dense_0/", "/"),
@@ -72,7 +78,9 @@ def read_artifact(folder: Path | str) -> tuple[dict, dict[str, np.ndarray]]:
     Raises InputError for a missing or unreadable file.
     """
     folder = Path(folder)
-    config = read_json(folder / "metadata.json")["model_config"]
+    config = read_json(folder / "metadata.json").get("model_config")
+    if not isinstance(config, Mapping):
+        raise InputError(f"{folder / 'metadata.json'}: no model_config")
     path = folder / "ema_params.msgpack"
     try:
         tree = msgpack.unpackb(path.read_bytes(), ext_hook=_array, strict_map_key=False)
@@ -80,12 +88,15 @@ def read_artifact(folder: Path | str) -> tuple[dict, dict[str, np.ndarray]]:
         raise InputError(f"{path}: no such file") from None
     except (msgpack.UnpackException, ValueError) as error:
         raise InputError(f"{path}: not a flax msgpack file ({error})") from None
+    if not isinstance(tree, Mapping):
+        raise InputError(f"{path}: not a flax msgpack file (no dictionary)")
     return config, _flatten(tree)
 
 
 def load_generator(folder: Path | str) -> Generator:
     """The released generator of an artifact folder."""
     config, parameters = read_artifact(folder)
+    _require(config, _GENERATOR_CONFIG, folder, "a generator")
     model = Generator(
         in_channels=config["in_channels"],
         input_size=config["input_size"],
@@ -106,6 +117,7 @@ def load_generator(folder: Path | str) -> Generator:
 def load_mae(folder: Path | str) -> ResNetMAE:
     """The released masked autoencoder of an artifact folder."""
     config, parameters = read_artifact(folder)
+    _require(config, _MAE_CONFIG, folder, "a masked autoencoder")
     model = ResNetMAE(
         in_channels=config["in_channels"],
         width=config["base_channels"],
@@ -115,6 +127,12 @@ def load_mae(folder: Path | str) -> ResNetMAE:
         mask_patch=config["patch_size"],
     )
     return _load(model, parameters, _MAE_NAMES, folder)
+
+
+def _require(config: Mapping, keys: tuple[str, ...], folder: Path | str, kind: str) -> None:
+    missing = [key for key in keys if key not in config]
+    if missing:
+        raise InputError(f"{folder}: not {kind}: model_config lacks {', '.join(missing)}")
 
 
 def _load(model: torch.nn.Module, parameters: Mapping[str, np.ndarray], names: list, folder: Path | str):
@@ -127,7 +145,7 @@ def _load(model: torch.nn.Module, parameters: Mapping[str, np.ndarray], names: l
         name, value = _to_torch(name, array)
         if name not in ours:
             raise InputError(f"{folder}: parameter {path} has no place in this model")
-        if value.numel() != ours[name].numel():
+        if [n for n in value.shape if n != 1] != [n for n in ours[name].shape if n != 1]:
             raise InputError(f"{folder}: parameter {path} is {array.shape}, not {tuple(ours[name].shape)}")
         state[name] = value.reshape(ours[name].shape)
     missing = sorted(set(ours) - set(state))

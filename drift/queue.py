@@ -38,11 +38,8 @@ class SampleQueue:
 
         Raises InputError for a label outside [0, num_classes).
         """
-        labels = labels.cpu()
-        num_classes, class_capacity = self.by_class.shape[:2]
-        if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
-            wrong = labels[(labels < 0) | (labels >= num_classes)][0].item()
-            raise InputError(f"label {wrong} is out of range: this model has {num_classes} classes, from 0")
+        labels = self._checked(labels)
+        class_capacity = self.by_class.shape[1]
         samples = samples.to(self.overall)
         for label in labels.unique().tolist():
             # Of one batch only the newest samples that fit survive; indices within one write stay distinct.
@@ -59,6 +56,7 @@ class SampleQueue:
         Without replacement where the class has enough, else with it. Raises InputError for an empty class.
         """
         capacity = self.by_class.shape[1]
+        labels = self._checked(labels)
         rows = []
         for label in labels.tolist():
             available = min(int(self.pushed[label]), capacity)
@@ -86,6 +84,13 @@ class SampleQueue:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, value in state.items():
             getattr(self, name).copy_(value)
+
+    def _checked(self, labels: Tensor) -> Tensor:
+        num_classes = len(self.by_class)
+        wrong = labels[(labels < 0) | (labels >= num_classes)].tolist()
+        if wrong:
+            raise InputError(f"label {wrong[0]} is out of range: there are {num_classes} classes, from 0")
+        return labels.cpu()
 
     def _slots(self, start: Tensor, num: int, capacity: int) -> Tensor:
         return ((start + torch.arange(num)) % capacity).to(self.overall.device)

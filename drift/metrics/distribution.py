@@ -51,8 +51,10 @@ def compare(
     """Mean and standard deviation over `draws` of every distance, between sets of `size` each.
 
     A set larger than `size` is subsampled anew, without replacement, in each draw: all of these measures are biased
-    by the size of the sets, so only equal sizes compare.
+    by the size of the sets, so only equal sizes compare. Raises ValueError for a set smaller than `size`.
     """
+    if min(len(features), len(reference)) < size:
+        raise ValueError(f"sets of {len(features)} and {len(reference)} cannot be compared at size {size}")
     values: dict[str, list[float]] = {name: [] for name in ("frechet", "kernel", "precision", "recall")}
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
@@ -75,11 +77,15 @@ def within_class_variance(
     pca = PCA(min(VARIANCE_COMPONENTS, *real.shape), svd_solver="full").fit(real)
     kept, wanted = pca.transform(grey_grid(images)), pca.transform(real)
     by_class = {
-        int(label): float(kept[labels == label].var(0).sum() / wanted[real_labels == label].var(0).sum())
-        for label in np.unique(labels)
+        int(label): _total_variance(kept[labels == label]) / _total_variance(wanted[real_labels == label])
+        for label in np.unique(real_labels)
     }
     values = list(by_class.values())
     return {"mean": float(np.mean(values)), "worst": float(np.min(values)), "by_class": by_class}
+
+
+def _total_variance(x: np.ndarray) -> float:
+    return float(x.var(0).sum()) if len(x) else 0.0
 
 
 def memorisation(images: np.ndarray, train: np.ndarray, heldout: np.ndarray) -> Mapping[str, object]:

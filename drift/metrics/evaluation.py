@@ -49,7 +49,8 @@ def sample_metrics(
 
 def floor_metrics(train: Reference, heldout: Reference, *, draws: int, seed: int) -> dict[str, float]:
     """The same distances between train and held-out images: what a perfect generator would score."""
-    values = compare(train.features, heldout.features, size=len(heldout.labels), draws=draws, seed=seed)
+    size = min(len(train.labels), len(heldout.labels))
+    values = compare(train.features, heldout.features, size=size, draws=draws, seed=seed)
     floor: dict[str, float] = {}
     for name, (mean, std) in values.items():
         floor |= {f"{name}_judge_floor": mean, f"{name}_judge_floor_std": std}

@@ -49,6 +49,7 @@ class Judge(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def judge(self, images: np.ndarray, *, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
         """Features float64 ``[N, feature_size]`` and predicted labels ``[N]`` of uint8 images ``[N, H, W, 3]``."""
+        self.eval()
         features, labels = [], []
         for start in range(0, len(images), batch_size):
             batch = images_to_tensor(images[start : start + batch_size]).to(self.device)

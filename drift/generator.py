@@ -18,7 +18,7 @@ GENERATORS = {
     "L/16": {"in_channels": 3, "input_size": 256, "patch_size": 16, "width": 1024, "depth": 24, "heads": 16},
 }
 
-EMBEDDING_STD = 0.02
+REGISTER_STD = 0.02
 
 
 class Generator(ModelMixin, ConfigMixin):
@@ -32,8 +32,8 @@ class Generator(ModelMixin, ConfigMixin):
         num_classes: class slots.
         num_registers: register tokens, dropped at the end.
         num_styles, style_codes: style indices per sample, and the size of each one's codebook; 0 styles for none.
-        class_embedding_std: of the initial class embeddings; a short training wants more than the paper's 0.02, so that
-            classes differ from the first step.
+        class_embedding_std, style_embedding_std: of the initial embeddings; a short training wants more than the
+            paper's 0.02, so that classes and styles differ from the first step.
         guidance_gain: weight of the embedding of alpha in the condition; a short training needs more than the paper's
             0.02 to tell alphas apart.
         attention_in_float32: do attention in float32 even under autocast (ablation and pixel models).
@@ -54,6 +54,7 @@ class Generator(ModelMixin, ConfigMixin):
         num_styles: int = 32,
         style_codes: int = 64,
         class_embedding_std: float = 0.02,
+        style_embedding_std: float = 0.02,
         guidance_gain: float = 0.02,
         attention_in_float32: bool = True,
     ):
@@ -122,10 +123,10 @@ class Generator(ModelMixin, ConfigMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=EMBEDDING_STD)
         nn.init.normal_(self.class_embedding.weight, std=self.config.class_embedding_std)
-        nn.init.normal_(self.registers, std=EMBEDDING_STD)
+        for embedding in self.style_embeddings:
+            nn.init.normal_(embedding.weight, std=self.config.style_embedding_std)
+        nn.init.normal_(self.registers, std=REGISTER_STD)
         self.position.copy_(get_2d_sincos_pos_embed(self.config.width, grid, output_type="pt"))
         for modulation in [*(block.modulation for block in self.blocks), self.final_modulation]:
             nn.init.zeros_(modulation.linear.weight)

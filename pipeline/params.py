@@ -111,6 +111,7 @@ class GeneratorSize(Section):
     num_styles: CountOrZero = 32
     style_codes: Count = 64
     class_embedding_std: NonNegative = 0.02
+    style_embedding_std: NonNegative = 0.02
     guidance_gain: Rate = 0.02
     attention_in_float32: bool = True
 

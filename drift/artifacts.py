@@ -28,7 +28,7 @@ def sha256_of_json(value: object) -> str:
 def sha256_of_model(folder: Path | str) -> str:
     """Hex SHA-256 over the weights and configurations (``*.safetensors``, ``*.json``) of a diffusers folder."""
     folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*") if p.suffix in {".safetensors", ".json"})
+    files = sorted(p for p in folder.rglob("*") if p.suffix in {".safetensors", ".json"} and p != folder / "index.json")
     if not files:
         raise InputError(f"{folder}: no model here (no config.json, no safetensors)")
     return sha256_of_json([[str(p.relative_to(folder)), sha256_of_file(p)] for p in files])
@@ -75,6 +75,8 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     try:
         temporary.chmod(0o755)
         yield temporary
+        for file in temporary.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes for its owner alone
         if path.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
             os.replace(path, retired / "old")

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from drift.artifacts import write_json
 
-#: Checkpoints kept; the one before the newest survives a disk that fails under the newest.
+#: Checkpoints kept: should the newest be damaged, deleting it brings back the one before.
 KEEP = 2
 
 

@@ -82,7 +82,10 @@ class DriftPipeline(DiffusionPipeline):
         """The forward pass alone: scaled latents ``[B, C, H, W]`` (images in [-1, 1] for pixel models)."""
         network, config = self.generator, self.generator.config
         B = len(labels)
-        alpha = torch.as_tensor(guidance_scale, dtype=torch.float32).expand(B)
+        alpha = torch.as_tensor(guidance_scale, dtype=torch.float32)
+        if alpha.shape not in ((), (B,)):
+            raise InputError(f"guidance_scale has shape {list(alpha.shape)}, not {[B]}")
+        alpha = alpha.expand(B)
         if B and not (alpha >= 1).all():
             raise InputError(f"guidance_scale {float(alpha.min()):g} is below 1: alpha = 1 is no guidance")
         noise_shape = (B, config.in_channels, config.input_size, config.input_size)
@@ -94,6 +97,8 @@ class DriftPipeline(DiffusionPipeline):
             raise InputError(f"noise has shape {list(noise.shape)}, not {list(noise_shape)}")
         if style_indices.shape != (B, config.num_styles):
             raise InputError(f"style_indices has shape {list(style_indices.shape)}, not {[B, config.num_styles]}")
+        if style_indices.numel() and not 0 <= int(style_indices.min()) <= int(style_indices.max()) < config.style_codes:
+            raise InputError(f"style index {int(style_indices.max())} is out of range: {config.style_codes} codes")
         device = network.device
         return network(noise.to(device, network.dtype), labels.to(device), alpha.to(device), style_indices.to(device))
 

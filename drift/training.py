@@ -196,10 +196,9 @@ class DriftTrainer:
         """Push the newest batch to the queues and return its labels; before the first step, until every class is in."""
         if self._batches is None:
             self._batches = iter(self.batches)
-        labels = self._push(random)
         if self.step == 0:
             self._fill(random)
-        return labels
+        return self._push(random)
 
     def _fill(self, random: torch.Generator) -> None:
         """Fill the queues before the first step, so that its draws are as varied as any later one's."""

@@ -6,6 +6,7 @@ Out: ``reports/<run>_fid.json`` (``metrics``, units in their names; ``sweep`` ov
 """
 
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -87,12 +88,14 @@ def main() -> None:
 def load_samples(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """The arrays of a ``samples.npz``; raises InputError if it is missing, damaged or labelled out of range."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             images, labels = file["arr_0"], file["arr_1"]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a samples file with arr_0 and arr_1 ({error})") from None
+    if len(images) != len(labels):
+        raise InputError(f"{path}: {len(images)} images and {len(labels)} labels")
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):
         raise InputError(f"{path}: label {wrong[0]} is out of range: the data has {num_classes} classes, from 0")

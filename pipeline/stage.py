@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from drift.artifacts import exclusive, write_json
@@ -73,6 +75,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from diffusers.utils import logging as diffusers_logging
 
@@ -87,9 +90,28 @@ def writing(stage: str, output: Path) -> Iterator[None]:
     """Hold the lock on `output` and note the wall seconds of the stage when it succeeds."""
     with exclusive(output):
         started = time.perf_counter()
-        yield
+        with naming_disk_errors(output):
+            yield
         seconds = time.perf_counter() - started
     write_json(timing_path(stage, output), {"stage": stage, "output": str(output), "wall_seconds": round(seconds, 2)})
+
+
+@contextmanager
+def naming_disk_errors(output: Path) -> Iterator[None]:
+    """Make every way in which a full disk shows an OSError that names a file.
+
+    A write through an open file has no name in its error, safetensors wraps the system's error, torch.save hides it.
+    """
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(output)
+        raise
+    except (SafetensorError, RuntimeError) as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None and not re.search("PytorchStreamWriter|inline_container", str(error)):
+            raise
+        raise OSError(int(number[1]) if number else errno.ENOSPC, "", str(output)) from None
 
 
 def timing_path(stage: str, output: Path) -> Path:

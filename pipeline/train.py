@@ -129,21 +129,21 @@ def train(
     bar = stage.progress(None, total=section.steps, unit="step", description="train")
     bar.update(trainer.step)
     bar.initial = bar.last_print_n = trainer.step
-    for step in trainer.run():
-        last = step.step == section.steps
-        if step.step % section.log_every == 0 or last:
-            history.append(reproducible_metrics(step))
-            tracker.metrics({**reproducible_metrics(step), **speed_metrics(step)}, step.images_seen)
-            norms = " ".join(f"{norm:.2e}" for norm in step.drift_norms.values())
-            bar.set_postfix_str(f"drift norms {norms}", refresh=False)
-        if trainer.accelerator.is_main_process and (step.step % section.grid_every == 0 or last):
-            path = checkpoints.folder / "grids" / f"step-{step.step:08d}.png"
-            write_grid(trainer, pipeline, path, section.seed)
-            tracker.artifact(path, "grids")
-        if step.step % section.checkpoint_every == 0 or last:
-            checkpoints.save(step.step, history)
-        bar.update(1)
-    bar.close()
+    with bar:
+        for step in trainer.run():
+            last = step.step == section.steps
+            if step.step % section.log_every == 0 or last:
+                history.append(reproducible_metrics(step))
+                tracker.metrics({**reproducible_metrics(step), **speed_metrics(step)}, step.images_seen)
+                norms = " ".join(f"{norm:.2e}" for norm in step.drift_norms.values())
+                bar.set_postfix_str(f"drift norms {norms}", refresh=False)
+            if trainer.accelerator.is_main_process and (step.step % section.grid_every == 0 or last):
+                path = checkpoints.folder / "grids" / f"step-{step.step:08d}.png"
+                write_grid(trainer, pipeline, path, section.seed)
+                tracker.artifact(path, "grids")
+            if step.step % section.checkpoint_every == 0 or last:
+                checkpoints.save(step.step, history)
+            bar.update(1)
     return history
 
 

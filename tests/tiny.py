@@ -1,4 +1,7 @@
-"""Settings for a whole run in seconds: the same stages, smaller. ``python -m tests.tiny params.yaml`` rewrites a file."""
+"""Settings for a whole run in seconds: the same stages, smaller.
+
+``python -m tests.tiny params.yaml`` rewrites a file.
+"""
 
 import sys
 from pathlib import Path

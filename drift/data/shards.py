@@ -4,14 +4,17 @@ A shard is the unit of work and of restart: it is written whole, with a small re
 into the index once all are there.
 """
 
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from drift.artifacts import atomic_file, read_json, sha256_of_file, sha256_of_json, write_json
 from drift.data.sources import Source, center_crop, decode_image, stratified_split
@@ -64,14 +67,15 @@ class ShardSet:
         """
         path = self.folder / entry["name"]
         self._verify(path, entry)
-        for sample in webdataset.WebDataset([str(path)], shardshuffle=False):
-            label = sample["cls"].decode()
-            if not (label.isdigit() and int(label) < len(self.classes)):
-                raise InputError(
-                    f"{path}: sample {sample['__key__']} has label {label}, not one of {len(self.classes)} classes"
-                )
-            sample["label"] = int(label)
-            yield sample
+        with open(path, "rb") as stream:
+            for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])):
+                label = sample["cls"].decode()
+                if not (label.isascii() and label.isdigit() and int(label) < len(self.classes)):
+                    raise InputError(
+                        f"{path}: sample {sample['__key__']} has label {label}, not one of {len(self.classes)} classes"
+                    )
+                sample["label"] = int(label)
+                yield sample
 
     def _verify(self, path: Path, entry: dict) -> None:
         if path.name in self._verified:
@@ -85,9 +89,7 @@ class ShardSet:
         self._verified.add(path.name)
 
 
-def plan_shards(
-    source: Source, *, samples_per_shard: int, heldout_fraction: float, seed: int, extra_splits: bool = True
-) -> list[ShardPlan]:
+def plan_shards(source: Source, *, samples_per_shard: int, heldout_fraction: float, seed: int) -> list[ShardPlan]:
     """Split the source (`stratified_split`) and cut each split into shards of at most `samples_per_shard`."""
     plans = []
     for split, indices in stratified_split(source.labels, heldout_fraction, seed).items():
@@ -114,24 +116,17 @@ def write_shard(source: Source, plan: ShardPlan, folder: Path, *, identity: str)
     write_record(folder, plan.name, plan.split, counts.tolist(), identity)
 
 
-class tar_writer:
-    """Context manager around webdataset's TarWriter: reproducible bytes, and the name only once the tar is whole."""
-
-    def __init__(self, path: Path):
-        self._file = atomic_file(path)
-
-    def __enter__(self) -> webdataset.TarWriter:
-        temporary = self._file.__enter__()
-        self._stream = open(temporary, "wb")
-        self._sink = webdataset.TarWriter(self._stream, mtime=0, encoder=_as_bytes)
-        return self._sink
-
-    def __exit__(self, *exc_info) -> None:
-        try:
-            self._sink.close()
-            self._stream.close()
-        finally:
-            self._file.__exit__(*exc_info)
+@contextmanager
+def tar_writer(path: Path) -> Iterator[webdataset.TarWriter]:
+    """webdataset's TarWriter: reproducible bytes, and the name only once the tar is whole."""
+    # The raw file is closed even where flushing the buffer fails on a full disk.
+    with (
+        atomic_file(path) as temporary,
+        open(temporary, "wb", buffering=0) as raw,
+        io.BufferedWriter(raw) as stream,
+        webdataset.TarWriter(stream, mtime=0, encoder=_as_bytes) as sink,
+    ):
+        yield sink
 
 
 def write_record(folder: Path, name: str, split: str, class_counts: list[int], identity: str) -> None:

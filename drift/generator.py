@@ -175,8 +175,9 @@ class Block(nn.Module):
 
     def forward(self, x_BND: Tensor, c_BD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c_BD)
-        x_BND = x_BND + gate_a * self.attention(modulate(self.attention_norm(x_BND), shift_a, scale_a), rotation)
-        return x_BND + gate_m * self.mlp(modulate(self.mlp_norm(x_BND), shift_m, scale_m))
+        attended = self.attention(modulate(self.attention_norm(x_BND), shift_a, scale_a), rotation)
+        x_BND = torch.addcmul(x_BND, gate_a, attended)
+        return torch.addcmul(x_BND, gate_m, self.mlp(modulate(self.mlp_norm(x_BND), shift_m, scale_m)))
 
 
 class Attention(nn.Module):
@@ -214,17 +215,15 @@ class SwiGLU(nn.Module):
 
 
 def modulate(x_BND: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x_BND * (1 + scale) + shift
+    return torch.addcmul(shift, x_BND, 1 + scale)
 
 
 def rotary_embedding(length: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[length, width]`` of the 1-D rotary embedding, base 10000, for rotated halves."""
+    """Cosine and signed sine ``[length, width]`` of the 1-D rotary embedding, base 10000, for rotated halves."""
     frequency = 10000.0 ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
     angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
-    angle = torch.cat([angle, angle], dim=1)
-    return angle.cos(), angle.sin()
+    return torch.cat([angle.cos(), angle.cos()], dim=1), torch.cat([-angle.sin(), angle.sin()], dim=1)
 
 
 def rotate(x_BHNE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
-    first, second = x_BHNE.chunk(2, dim=-1)
-    return x_BHNE * cos_NE + torch.cat([-second, first], dim=-1) * sin_NE
+    return torch.addcmul(x_BHNE * cos_NE, x_BHNE.roll(x_BHNE.shape[-1] // 2, dims=-1), sin_NE)

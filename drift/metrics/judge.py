@@ -39,12 +39,15 @@ class Judge(ModelMixin, ConfigMixin):
         self.classify = nn.Linear(feature_size, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Features ``[B, feature_size]`` of images ``[B, 3, H, W]`` in [-1, 1]."""
-        return F.relu(self.project(self.pool(self.convolutions(images)).flatten(1)))
+        """Features ``[B, feature_size]`` of images ``[B, 3, H, W]`` in [-1, 1].
+
+        Taken before their activation: a unit that is off for most images would leave their covariance singular.
+        """
+        return self.project(self.pool(self.convolutions(images)).flatten(1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, num_classes]``."""
-        return self.classify(self.dropout(self.features(images)))
+        return self._logits(self.features(images))
 
     @torch.no_grad()
     def judge(self, images: np.ndarray, *, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
@@ -55,5 +58,8 @@ class Judge(ModelMixin, ConfigMixin):
             batch = images_to_tensor(images[start : start + batch_size]).to(self.device)
             feature = self.features(batch)
             features.append(feature.double().cpu().numpy())
-            labels.append(self.classify(feature).argmax(1).cpu().numpy())
+            labels.append(self._logits(feature).argmax(1).cpu().numpy())
         return np.concatenate(features), np.concatenate(labels)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        return self.classify(self.dropout(F.relu(features)))

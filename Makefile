@@ -41,7 +41,7 @@ hand-to-dvc: $(READY)
 
 hand-to-snakemake: $(READY)
 	snakemake --touch --forceall --cores 1 --quiet all
-	snakemake --dry-run --quiet all
+	snakemake --dry-run
 
 clean:
 	rm -rf data models samples reports checkpoints logs .snakemake mlflow.db mlruns

@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 .PHONY: digits test setup lint hand-to-dvc hand-to-snakemake clean
 
 digits: $(READY)
-	snakemake --cores all reports/digits_fid.json
+	$(VENV)/bin/snakemake --cores all reports/digits_fid.json
 	@echo
 	@echo "report    reports/digits_fid.json"
 	@echo "samples   samples/digits/grid.png  (all of them: samples/digits/samples.npz)"
@@ -15,7 +15,7 @@ digits: $(READY)
 	@echo "compare   $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
 
 test: $(READY)
-	python -m pytest
+	$(VENV)/bin/python -m pytest
 
 setup: $(READY)
 
@@ -28,20 +28,20 @@ $(READY): envs/requirements.txt pyproject.toml
 	touch $(READY)
 
 lint: $(READY)
-	ruff check .
-	ruff format --check .
-	snakefmt --check Snakefile
-	codespell
-	snakemake --lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/snakefmt --check Snakefile
+	$(VENV)/bin/codespell
+	$(VENV)/bin/snakemake --lint
 
 # What Snakemake has made counts as made for DVC, and the other way round.
 hand-to-dvc: $(READY)
-	dvc commit --force --quiet
-	dvc status
+	$(VENV)/bin/dvc commit --force --quiet
+	$(VENV)/bin/dvc status
 
 hand-to-snakemake: $(READY)
-	snakemake --touch --forceall --cores 1 --quiet all
-	snakemake --dry-run
+	$(VENV)/bin/snakemake --touch --forceall --cores 1 --quiet all
+	$(VENV)/bin/snakemake --dry-run
 
 clean:
-	rm -rf data models samples reports checkpoints logs .snakemake mlflow.db mlruns
+	rm -rf data models samples reports checkpoints logs .snakemake mlflow.db* mlruns mlartifacts

@@ -4,8 +4,6 @@
 
 import sys
 
-from snakemake.exceptions import WorkflowError
-
 from drift.errors import InputError
 from pipeline import params as sections
 
@@ -25,35 +23,75 @@ if config != sections.read("params.yaml"):
 
 # Library files by stage: Snakemake tracks commands, not imports, so a changed file must be an input.
 LIBRARY = {
-    "shard": ["data/shards", "data/sources"],
-    "train_tokenizer": ["tokenizer", "pretraining", "data/stream", "data/shards"],
-    "cache_latents": ["tokenizer", "data/latents", "data/shards"],
-    "pretrain_encoder": ["encoders/mae", "pretraining", "data/stream", "data/latents"],
-    "train_judge": ["metrics/judge", "pretraining", "data/stream", "data/shards"],
-    "train": [
-        "training",
-        "field",
-        "loss",
-        "guidance",
-        "features",
-        "queue",
-        "generator",
-        "encoders/mae",
-        "data/stream",
-        "data/latents",
+    "shard": [
+        "drift/data/shards.py",
+        "drift/data/sources.py",
     ],
-    "sample": ["sampling", "generator", "tokenizer"],
+    "train_tokenizer": [
+        "drift/tokenizer.py",
+        "drift/pretraining.py",
+        "drift/data/stream.py",
+        "drift/data/shards.py",
+        "drift/data/sources.py",
+    ],
+    "cache_latents": [
+        "drift/tokenizer.py",
+        "drift/data/latents.py",
+        "drift/data/shards.py",
+        "drift/data/sources.py",
+    ],
+    "pretrain_encoder": [
+        "drift/encoders/mae.py",
+        "drift/pretraining.py",
+        "drift/data/stream.py",
+        "drift/data/latents.py",
+        "drift/data/shards.py",
+    ],
+    "train_judge": [
+        "drift/metrics/judge.py",
+        "drift/pretraining.py",
+        "drift/data/stream.py",
+        "drift/data/shards.py",
+        "drift/data/sources.py",
+    ],
+    "train": [
+        "drift/training.py",
+        "drift/objective.py",
+        "drift/checkpoints.py",
+        "drift/field.py",
+        "drift/loss.py",
+        "drift/guidance.py",
+        "drift/features.py",
+        "drift/queue.py",
+        "drift/generator.py",
+        "drift/encoders/mae.py",
+        "drift/data/stream.py",
+        "drift/data/latents.py",
+        "drift/data/shards.py",
+    ],
+    "sample": [
+        "drift/sampling.py",
+        "drift/generator.py",
+        "drift/tokenizer.py",
+    ],
     "evaluate": [
-        "metrics/evaluation",
-        "metrics/distribution",
-        "metrics/restoration",
-        "metrics/latency",
+        "drift/metrics/evaluation.py",
+        "drift/metrics/distribution.py",
+        "drift/metrics/restoration.py",
+        "drift/metrics/latency.py",
+        "drift/metrics/judge.py",
+        "drift/sampling.py",
+        "drift/generator.py",
+        "drift/tokenizer.py",
+        "drift/data/shards.py",
+        "drift/data/sources.py",
+        "pipeline/figures.py",
     ],
 }
 
 
 def code(stage):
-    return [f"pipeline/{stage}.py", *(f"drift/{name}.py" for name in LIBRARY[stage])]
+    return [f"pipeline/{stage}.py", *LIBRARY[stage]]
 
 
 def resolved(kind, name):
@@ -152,7 +190,7 @@ rule shard:
 
 rule train_tokenizer:
     input:
-        shards=lambda w: f"data/{PARAMS.tokenizers[w.tokenizer].dataset}/shards/index.json",
+        shards=lambda w: f"data/{resolved('tokenizers', w.tokenizer)['dataset']}/shards/index.json",
         code=code("train_tokenizer"),
     output:
         "models/tokenizers/{tokenizer}/index.json",
@@ -236,8 +274,8 @@ rule cache_latents:
 
 rule pretrain_encoder:
     input:
-        latents=lambda w: "data/{e.dataset}/latents/{e.tokenizer}/index.json".format(
-            e=PARAMS.encoders[w.encoder]
+        latents=lambda w: "data/{dataset}/latents/{tokenizer}/index.json".format(
+            **resolved("encoders", w.encoder)
         ),
         code=code("pretrain_encoder"),
     output:
@@ -264,7 +302,7 @@ rule pretrain_encoder:
 
 rule train_judge:
     input:
-        shards=lambda w: f"data/{PARAMS.judges[w.judge].dataset}/shards/index.json",
+        shards=lambda w: f"data/{resolved('judges', w.judge)['dataset']}/shards/index.json",
         code=code("train_judge"),
     output:
         "models/judges/{judge}/index.json",

@@ -77,6 +77,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors writes for its owner alone
+        sync_folder(temporary)
         if path.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
             os.replace(path, retired / "old")
@@ -88,9 +89,18 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Flush every file of a folder to the disk, so that a rename never names half of it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
 def remove_leftovers(path: Path) -> None:
     """Delete what an interrupted `atomic_folder(path)` left; call only while holding the lock on `path`."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+    # mkdtemp's eight characters, no dot: a sibling named `path` and more may be written by another job.
+    for leftover in path.parent.glob(f".{path.name}.????????.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -107,7 +117,7 @@ def exclusive(path: Path | str) -> Iterator[None]:
     with open(lock_path, "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             raise InputError(

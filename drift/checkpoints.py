@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from drift.artifacts import write_json
+from drift.artifacts import sync_folder, write_json
 
 #: Checkpoints kept: should the newest be damaged, deleting it brings back the one before.
 KEEP = 2
@@ -52,7 +52,7 @@ class Checkpoints:
             if main:
                 write_history(temporary / "history.csv", history)
                 write_json(temporary / "checkpoint.json", {"step": step})
-                _sync(temporary)
+                sync_folder(temporary)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(temporary, final)
                 for old in self._steps()[:-KEEP]:
@@ -86,11 +86,3 @@ def read_history(path: Path) -> list[dict[str, float]]:
 
 def _number(text: str) -> int | float:
     return int(text) if text.isdigit() else float(text)
-
-
-def _sync(folder: Path) -> None:
-    """Flush every file of a folder to the disk, so that the rename never names a half-written checkpoint."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())

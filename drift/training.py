@@ -6,7 +6,7 @@ state has to be saved. Shape suffixes: L labels, G generated per label, P positi
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from drift.data.latents import sample_latents
 from drift.encoders import Encoder
 from drift.errors import InputError
-from drift.features import feature_group
 from drift.generator import Generator
-from drift.guidance import negative_weight, sample_guidance_scale
-from drift.loss import TEMPERATURES, DriftLoss, drift_loss, global_mean, sum_over_features
+from drift.guidance import sample_guidance_scale
+from drift.loss import DriftLoss, global_mean, sum_over_features
+from drift.objective import Objective, norms_by_group, norms_by_temperature
 from drift.queue import SampleQueue
 
-#: The learning rate at the first step of the warm-up (R).
+#: The learning rate at the first step of the warm-up.
 WARMUP_START = 1e-6
 
 
@@ -41,29 +41,6 @@ class Step:
     learning_rate: float
     images_per_second: float
     data_wait: float
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The sizes and densities of one step (Table 8); `labels`, `generated`, ... count samples per step and process.
-
-    `guidance_power`, `guidance_range` and `unguided_fraction` are the density of alpha (`drift.guidance`); `features`
-    are the vector sets to use, by default all.
-    """
-
-    labels: int = 64
-    generated: int = 64
-    positives: int = 64
-    unconditional: int = 16
-    guidance_power: float = 3.0
-    guidance_range: tuple[float, float] = (1.0, 4.0)
-    unguided_fraction: float = 0.0
-    temperatures: tuple[float, ...] = TEMPERATURES
-    normalization: str = "both"
-    kernel: str = "laplacian"
-    positive_weight: float = 1.0
-    negative_weight: float = 1.0
-    features: tuple[str, ...] | None = None
 
 
 @dataclass
@@ -178,22 +155,26 @@ class DriftTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.step(self.generator.parameters())
         self.step += 1
-        seconds = time.perf_counter() - started
         images = len(labels_L) * goal.generated * self.accelerator.num_processes
+        # Reading the values waits for the device, so the time is taken after them.
+        measured = {
+            "loss": float(global_mean(loss.detach())),
+            "drift_norms": norms_by_temperature(losses),
+            "group_norms": norms_by_group(losses),
+            "grad_norm": float(grad_norm),
+        }
+        seconds = time.perf_counter() - started
         return Step(
             step=self.step,
             images_seen=images * self.step,
-            loss=float(global_mean(loss.detach())),
-            drift_norms=_norms_by_temperature(losses),
-            group_norms=_norms_by_group(losses),
-            grad_norm=float(grad_norm),
+            **measured,
             learning_rate=learning_rate,
             images_per_second=images / seconds,
             data_wait=waited / seconds,
         )
 
     def _refill(self, random: torch.Generator) -> Tensor:
-        """Push the newest batch to the queues and return its labels; before the first step, until every class is in."""
+        """Push the newest batch to the queues and return its labels (A.8); fill them before the first step."""
         if self._batches is None:
             self._batches = iter(self.batches)
         if self.step == 0:
@@ -207,9 +188,9 @@ class DriftTrainer:
         while self.queue.pushed_overall < capacity or self.queue.missing_classes():
             self._push(random)
             pushes += 1
-            if pushes > 100 * capacity:
+            if pushes > capacity:
                 missing = self.queue.missing_classes()
-                raise InputError(f"the training data has no sample of class {missing[0]}")
+                raise InputError(f"no sample of class {missing[0]} in the first {pushes} batches of training data")
 
     def _push(self, random: torch.Generator) -> Tensor:
         moments, labels = next(self._batches)
@@ -229,30 +210,12 @@ class DriftTrainer:
     def _losses(
         self, generated: Tensor, positives_LP: Tensor, negatives_LN: Tensor, alpha_L: Tensor
     ) -> dict[str, DriftLoss]:
-        """One drifting loss per vector set (Eq. 14)."""
-        goal = self.objective
-        L, P, N = len(alpha_L), goal.positives, goal.unconditional
+        """Encode real samples without a graph and generated ones with it; one drifting loss per vector set."""
         with torch.no_grad(), self.accelerator.autocast():
             real = self.encoder.features(torch.cat([positives_LP.flatten(0, 1), negatives_LN.flatten(0, 1)]))
         with self.accelerator.autocast():
             fake = self.encoder.features(generated)
-        weight_L = negative_weight(alpha_L, num_generated=goal.generated, num_unconditional=N)
-        weight_L = weight_L.to(generated.device)
-        losses = {}
-        for name in goal.features or fake:
-            T = fake[name].shape[1]
-            losses[name] = drift_loss(
-                by_location(fake[name], L),
-                by_location(real[name][: L * P], L),
-                by_location(real[name][L * P :], L),
-                negative_weights=weight_L.repeat_interleave(T)[:, None].expand(-1, N),
-                temperatures=goal.temperatures,
-                kernel=goal.kernel,
-                normalization=goal.normalization,
-                positive_weight=goal.positive_weight,
-                negative_weight=goal.negative_weight,
-            )
-        return losses
+        return self.objective.losses(fake, real, alpha_L)
 
     def _require_finite(self, loss: Tensor, losses: Mapping[str, DriftLoss]) -> None:
         if math.isfinite(float(global_mean(loss.detach()))):
@@ -275,26 +238,7 @@ class DriftTrainer:
         return {"step": self.step, "position": self.batches.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        self.ema.to(self.accelerator.device)  # Accelerate loads it on the CPU
         self.step = state["step"]
         self.batches.position = state["position"]
         self._batches = None
-
-
-def by_location(features_BTC: Tensor, labels: int) -> Tensor:
-    """``[L S, T, C]`` (S samples of each label) to ``[L T, S, C]``: every location is a batch entry of its own."""
-    LS, T, C = features_BTC.shape
-    return features_BTC.reshape(labels, LS // labels, T, C).transpose(1, 2).reshape(labels * T, LS // labels, C)
-
-
-def _norms_by_temperature(losses: Mapping[str, DriftLoss]) -> dict[float, float]:
-    """Mean over feature sets of each temperature's drift norm."""
-    temperatures: Sequence[float] = list(next(iter(losses.values())).drift_norms)
-    return {t: float(torch.stack([v.drift_norms[t] for v in losses.values()]).mean()) for t in temperatures}
-
-
-def _norms_by_group(losses: Mapping[str, DriftLoss]) -> dict[str, float]:
-    """Mean over the sets of a map, and over temperatures, of the drift norm."""
-    groups: dict[str, list[Tensor]] = {}
-    for name, value in losses.items():
-        groups.setdefault(feature_group(name), []).append(torch.stack(list(value.drift_norms.values())).mean())
-    return {group: float(torch.stack(values).mean()) for group, values in groups.items()}

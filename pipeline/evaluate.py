@@ -47,7 +47,9 @@ def main() -> None:
     with stage.writing("evaluate", args.output), tracker:
         train = evaluation.Reference.of(*load_images(shards, "train"), judge)
         heldout = evaluation.Reference.of(*load_images(shards, "heldout"), judge)
-        draws = {"draws": section.draws, "seed": section.seed}
+        # One size for every distance, so that all of them compare.
+        size = min(len(train.labels), len(heldout.labels), len(labels), section.sweep_images)
+        draws = {"size": size, "draws": section.draws, "seed": section.seed}
         floor = evaluation.floor_metrics(train, heldout, **draws)
         measure = lambda x, y: evaluation.sample_metrics(x, y, judge, train, heldout, **draws)  # noqa: E731
         sampled = measure(images, labels)
@@ -58,6 +60,7 @@ def main() -> None:
         metrics = {
             **sampled,
             **floor,
+            "judge_set_size": size,
             "frechet_judge_ratio": sampled["frechet_judge"] / floor["frechet_judge_floor"],
             **memorised,
             "judge_heldout_accuracy": judge_index["heldout_accuracy"],

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from drift.artifacts import atomic_file
@@ -74,12 +75,13 @@ def alpha_sweep(rows: Sequence[dict[str, float]], floor: dict[str, float], path:
 def nearest_neighbours(samples: np.ndarray, nearest: np.ndarray, path: Path, title: str) -> None:
     """Samples above their nearest training images, two rows of pairs."""
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        columns = len(samples) // 2
+        columns = max(len(samples) // 2, 1)
+        samples, nearest = samples[: 2 * columns], nearest[: 2 * columns]
         figure, axes = plt.subplots(4, columns, figsize=(0.62 * columns, 2.9), layout="constrained")
         for i, (sample, neighbour) in enumerate(zip(samples, nearest, strict=True)):
             row, column = 2 * (i // columns), i % columns
             axes[row, column].imshow(sample)
-            axes[row + 1, column].imshow(neighbour, alpha=0.75)
+            axes[row + 1, column].imshow(neighbour)
         for axis in axes.flat:
             axis.set_axis_off()
         figure.suptitle(title)
@@ -103,6 +105,7 @@ def training_grids(grids: Sequence[Path], path: Path, title: str) -> None:
 
 def _label(axis: Axes, title: str, ylabel: str, xlabel: str = "images seen", *, log: bool = False) -> None:
     axis.set(title=title, ylabel=ylabel, xlabel=xlabel)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
     if log:
         axis.set_yscale("log")
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from drift.artifacts import sha256_of_json
 from drift.errors import InputError
 from drift.field import KERNELS, NORMALIZATIONS
+from drift.generator import GENERATORS
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -101,7 +102,7 @@ class Judge(Section):
 
 
 class GeneratorSize(Section):
-    size: str | None = None
+    size: Literal[tuple(GENERATORS)] | None = None
     patch_size: Count = 2
     width: Count = 768
     depth: Count = 12
@@ -114,6 +115,14 @@ class GeneratorSize(Section):
     style_embedding_std: NonNegative = 0.02
     guidance_gain: Rate = 0.02
     attention_in_float32: bool = True
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width: {self.width} must divide into {self.heads} heads of even width")
+        if self.width % 4:
+            raise ValueError(f"width: {self.width} must be a multiple of 4 for the position embedding")
+        return self
 
 
 class Train(Section):
@@ -133,7 +142,7 @@ class Train(Section):
     features: list[str] | None = None
     learning_rate: Rate = 2e-4
     warmup_steps: CountOrZero = 5000
-    decay_steps: CountOrZero = 0
+    decay_fraction: Share = 0.0
     weight_decay: NonNegative = 0.01
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     max_grad_norm: Rate = 2.0
@@ -221,6 +230,24 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _parts_fit(self):
+        for name, entry in self.experiments.items():
+            for field in ("tokenizer", "encoder", "judge"):
+                part = getattr(self, f"{field}s")[getattr(entry, field)]
+                if part.dataset != entry.dataset:
+                    raise ValueError(
+                        f"experiments.{name}.{field}: {getattr(entry, field)!r} is of the dataset {part.dataset!r}, "
+                        f"the experiment of {entry.dataset!r}"
+                    )
+            tokenizer = self.encoders[entry.encoder].tokenizer
+            if tokenizer != entry.tokenizer:
+                raise ValueError(
+                    f"experiments.{name}.encoder: {entry.encoder!r} reads latents of {tokenizer!r}, "
+                    f"the experiment makes those of {entry.tokenizer!r}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _names_agree(self):
         if self.experiment not in self.experiments:
             raise ValueError(f"experiment: unknown {self.experiment!r}{nearest(self.experiment, self.experiments)}")
@@ -284,6 +311,8 @@ def run_of(params: Params, run: str) -> Experiment:
         section[leaf] = value
     whole = params.model_dump()
     whole["experiments"] = {**whole["experiments"], name: content}
+    if name == params.experiment:  # a variant may name other parts; `names` is dvc.yaml's and stays the experiment's
+        whole["names"] = {field: content[field] for field in whole["names"]}
     return validate(whole, f"ablations.{variant[0]}.variants.{variant[1]}").experiments[name]
 
 

@@ -30,6 +30,7 @@ TIMINGS = Path("logs/timings")
 
 _REPORTED_PACKAGES = ("torch", "diffusers", "accelerate", "clean-fid", "torch-fidelity", "scikit-image", "numpy")
 _DISK_ERRORS = {
+    errno.ENOENT: "no such file",
     errno.ENOSPC: "disk full",
     errno.EDQUOT: "disk quota exceeded",
     errno.EFBIG: "file too large for this disk or its limits",
@@ -109,7 +110,7 @@ def naming_disk_errors(output: Path) -> Iterator[None]:
         raise
     except (SafetensorError, RuntimeError) as error:
         number = re.search(r"os error (\d+)", str(error))
-        if number is None and not re.search("PytorchStreamWriter|inline_container", str(error)):
+        if number is None and not re.search("PytorchStreamWriter|unexpected pos", str(error)):
             raise
         raise OSError(int(number[1]) if number else errno.ENOSPC, "", str(output)) from None
 
@@ -141,7 +142,7 @@ def versions() -> dict[str, str]:
 
 
 def provenance(parameters: dict, data_digest: str, seed: int) -> dict:
-    """What a report says of its origin (design: commit, parameters, data, seed, versions, device)."""
+    """What a report says of its origin."""
     return {
         "git_commit": git_commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -95,8 +95,8 @@ class Tracker:
         mlflow.set_system_metrics_sampling_interval(10)
         if found:
             mlflow.start_run(run_id=found[0].info.run_id, log_system_metrics=True)
-            tags = {k: v for k, v in self._tags.items() if k != "stage"}
-            mlflow.set_tags(tags)
+            # Stage and commit stay those that trained the model.
+            mlflow.set_tags({k: v for k, v in self._tags.items() if k not in ("stage", "git_commit")})
         else:
             mlflow.start_run(experiment_id=experiment_id, run_name=self._name, tags=self._tags, log_system_metrics=True)
         self._mlflow = mlflow

@@ -19,9 +19,10 @@ from drift.data.shards import ShardSet
 from drift.data.stream import latent_stream
 from drift.encoders import load_encoder
 from drift.generator import GENERATORS, Generator
+from drift.objective import Objective
 from drift.sampling import DriftPipeline
 from drift.tokenizer import Tokenizer
-from drift.training import DriftTrainer, Objective, Step
+from drift.training import DriftTrainer, Step
 from pipeline import params, stage
 from pipeline.tracking import NoTracker, Tracker
 
@@ -40,6 +41,7 @@ def main() -> None:
 
     experiment = params.run_of(params.load(args.params), args.run)
     latents = ShardSet(args.latents, "latents")
+    latents.require_every_class("train")
     inputs = {
         "latents": latents.digest,
         "encoder": model_index(args.encoder, "encoder")["digest"],
@@ -99,13 +101,14 @@ def build_trainer(
     return DriftTrainer(
         generator,
         load_encoder(encoder),
-        latent_stream(latents, batch_size=section.push, seed=section.seed),
+        # Every process draws its own real samples.
+        latent_stream(latents, batch_size=section.push, seed=section.seed + 7919 * accelerator.process_index),
         objective,
         len(latents.classes),
         learning_rate=section.learning_rate,
         warmup_steps=section.warmup_steps,
         steps=section.steps,
-        decay_steps=section.decay_steps,
+        decay_steps=round(section.decay_fraction * section.steps),
         weight_decay=section.weight_decay,
         betas=tuple(section.betas),
         max_grad_norm=section.max_grad_norm,
@@ -142,6 +145,7 @@ def train(
                 write_grid(trainer, pipeline, path, section.seed)
                 tracker.artifact(path, "grids")
             if step.step % section.checkpoint_every == 0 or last:
+                tracker.flush()
                 checkpoints.save(step.step, history)
             bar.update(1)
     return history

@@ -45,6 +45,7 @@ def main() -> None:
             )
             for record in stage.progress(records, total=section.steps, unit="step", description=f"judge {args.judge}"):
                 tracker.metrics(record.values, record.images_seen)
+            judge.set_feature_scale(load_images(shards, "train")[0])
             images, labels = load_images(shards, "heldout")
             accuracy = float((judge.judge(images)[1] == labels).mean())
             tracker.metrics({"heldout_accuracy": accuracy}, section.steps * section.batch_size)

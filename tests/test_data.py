@@ -21,6 +21,7 @@ from drift.artifacts import sha256_of_file, write_json
 from drift.data import latents as latents_module
 from drift.data.latents import cache_shard, read_latent_shard, sample_latents
 from drift.data.shards import (
+    SPLITS,
     ShardSet,
     gather_index,
     load_images,
@@ -290,7 +291,7 @@ def test_the_index_says_what_each_shard_holds(written):
         assert entry["samples"] == len(samples) <= 40
         counts = Counter(sample["label"] for sample in samples)
         assert entry["class_counts"] == [counts[label] for label in range(10)]
-    assert shards.num_samples("train") + shards.num_samples("heldout") == 120
+    assert sum(entry["samples"] for split in SPLITS for entry in shards.shards(split)) == 120
     assert {entry["split"] for entry in entries(written)} == {"train", "heldout"}
     assert {path.name for path in written.iterdir()} == {"index.json", *(e["name"] for e in entries(written))}
 
@@ -419,7 +420,7 @@ def test_a_folder_without_index_is_refused(tmp_path):
 def test_a_split_without_shards_is_refused(tmp_path):
     folder = one_shard(tmp_path / "shards", [("a", BLACK, "1")])
     with pytest.raises(InputError, match=r"index\.json: no shard of the split 'heldout'$"):
-        ShardSet(folder).num_samples("heldout")
+        ShardSet(folder).shards("heldout")
 
 
 def test_the_digest_of_shards_changes_with_their_content_only(written, tmp_path):

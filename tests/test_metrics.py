@@ -314,3 +314,14 @@ def test_a_judge_gives_float64_features_of_its_size_and_the_labels_of_its_logits
     in_parts = judge.judge(images, batch_size=3)
     np.testing.assert_allclose(in_parts[0], features, rtol=1e-4, atol=1e-5)
     assert (in_parts[1] == labels).all()
+
+
+def test_the_feature_scale_makes_the_mean_square_one_and_leaves_the_predictions_alone():
+    torch.manual_seed(0)
+    judge = Judge(num_classes=3, width=4, feature_size=6).eval()
+    images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+    _, before = judge.judge(images)
+    judge.set_feature_scale(images)
+    features, after = judge.judge(images)
+    assert np.square(features).mean() == pytest.approx(1, rel=1e-5)
+    assert (before == after).all()

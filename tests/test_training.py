@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from drift import objective as objective_module
 from drift import training
 from drift.artifacts import write_json
 from drift.checkpoints import Checkpoints, read_history, write_history
@@ -17,7 +18,8 @@ from drift.data.stream import ShardStream
 from drift.encoders import ResNetMAE
 from drift.errors import InputError
 from drift.generator import Generator
-from drift.training import DriftTrainer, Objective, by_location
+from drift.objective import Objective, by_location
+from drift.training import DriftTrainer
 
 CLASSES = 3
 SHAPE = (2, 8, 8)
@@ -340,13 +342,13 @@ def guidance_of(build, monkeypatch, objective: Objective) -> tuple[torch.Tensor,
     trainer = build(objective=objective)
     alphas, weights = [], []
     trainer.generator.register_forward_pre_hook(lambda _module, inputs: alphas.append(inputs[2].clone()))
-    real = training.drift_loss
+    real = objective_module.drift_loss
 
     def spy(*args, **kwargs):
         weights.append(kwargs["negative_weights"].clone())
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(training, "drift_loss", spy)
+    monkeypatch.setattr(objective_module, "drift_loss", spy)
     run(trainer, 1)
     rows = alphas[0].reshape(objective.labels, objective.generated)
     assert (rows == rows[:, :1]).all(), "alpha is drawn per label"
@@ -429,7 +431,7 @@ def test_queues_are_full_before_the_first_step(build):
 
 def test_a_class_without_training_samples_is_named(build):
     # Four classes are expected and three are there.
-    with pytest.raises(InputError, match=r"no sample of class 3$"):
+    with pytest.raises(InputError, match=r"no sample of class 3 in the first"):
         run(build(num_classes=4), 1)
 
 

@@ -56,8 +56,12 @@ class ShardSet:
             raise InputError(f"{self.folder / 'index.json'}: no shard of the split {split!r}")
         return entries
 
-    def num_samples(self, split: str) -> int:
-        return sum(s["samples"] for s in self.shards(split))
+    def require_every_class(self, split: str) -> None:
+        """Raise InputError naming the first class without a sample in a split."""
+        counts = np.sum([entry["class_counts"] for entry in self.shards(split)], axis=0)
+        for name, count in zip(self.classes, counts, strict=True):
+            if not count:
+                raise InputError(f"{self.folder / 'index.json'}: class {name!r} has no sample in the split {split!r}")
 
     def samples(self, entry: dict) -> Iterator[dict]:
         """The samples of one shard as WebDataset dictionaries of bytes; its checksum is verified once per process.

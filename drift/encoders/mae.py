@@ -86,7 +86,8 @@ class ResNetMAE(ModelMixin, ConfigMixin):
         p, m = self.config.input_patch_size, self.config.mask_patch
         B, _, H, W = x.shape
         shape = (B, 1, -(-H // p // m), -(-W // p // m))
-        hidden = (torch.rand(shape, generator=generator, device=x.device) < ratio).float()
+        device = x.device if generator is None else generator.device
+        hidden = (torch.rand(shape, generator=generator, device=device) < ratio).to(x)
         return hidden.repeat_interleave(m, 2).repeat_interleave(m, 3)[..., : H // p, : W // p]
 
     def maps(self, folded: Tensor, *, inner: bool = False) -> dict[str, Tensor]:

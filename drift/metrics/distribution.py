@@ -71,14 +71,17 @@ def within_class_variance(
 ) -> dict[str, object]:
     """Share of the real within-class variance that samples keep: ``mean`` and ``worst`` over classes, ``by_class``.
 
-    Variances are summed over the first 20 principal components (of the real images) of 8 x 8 grey pixels.
+    A class whose real images do not vary is left out. Variances are summed over the first 20 principal components
+    (of the real images) of 8 x 8 grey pixels.
     """
     real = grey_grid(real_images)
     pca = PCA(min(VARIANCE_COMPONENTS, *real.shape), svd_solver="full").fit(real)
     kept, wanted = pca.transform(grey_grid(images)), pca.transform(real)
+    real_variance = {int(label): _total_variance(wanted[real_labels == label]) for label in np.unique(real_labels)}
     by_class = {
-        int(label): _total_variance(kept[labels == label]) / _total_variance(wanted[real_labels == label])
-        for label in np.unique(real_labels)
+        label: _total_variance(kept[labels == label]) / variance
+        for label, variance in real_variance.items()
+        if variance > 0
     }
     values = list(by_class.values())
     return {"mean": float(np.mean(values)), "worst": float(np.min(values)), "by_class": by_class}

@@ -30,11 +30,18 @@ class Reference:
 
 
 def sample_metrics(
-    images: np.ndarray, labels: np.ndarray, judge: Judge, train: Reference, heldout: Reference, *, draws: int, seed: int
+    images: np.ndarray,
+    labels: np.ndarray,
+    judge: Judge,
+    train: Reference,
+    heldout: Reference,
+    *,
+    size: int,
+    draws: int,
+    seed: int,
 ) -> dict[str, float]:
     """Every measure of one set of samples; see `compare`, `within_class_variance`, `class_accuracy`."""
     features, predicted = judge.judge(images)
-    size = min(len(heldout.labels), len(labels))
     metrics: dict[str, float] = {}
     for name, (mean, std) in compare(features, heldout.features, size=size, draws=draws, seed=seed).items():
         metrics |= {f"{name}_judge": mean, f"{name}_judge_std": std}
@@ -47,9 +54,8 @@ def sample_metrics(
     }
 
 
-def floor_metrics(train: Reference, heldout: Reference, *, draws: int, seed: int) -> dict[str, float]:
+def floor_metrics(train: Reference, heldout: Reference, *, size: int, draws: int, seed: int) -> dict[str, float]:
     """The same distances between train and held-out images: what a perfect generator would score."""
-    size = min(len(train.labels), len(heldout.labels))
     values = compare(train.features, heldout.features, size=size, draws=draws, seed=seed)
     floor: dict[str, float] = {}
     for name, (mean, std) in values.items():

@@ -37,13 +37,15 @@ class Judge(ModelMixin, ConfigMixin):
         self.project = nn.Linear(channels * 16, feature_size)
         self.dropout = nn.Dropout(0.3)
         self.classify = nn.Linear(feature_size, num_classes)
+        # Kernel distances depend on the scale of the features: `set_feature_scale` makes their mean square 1.
+        self.register_buffer("feature_scale", torch.ones(()))
 
     def features(self, images: Tensor) -> Tensor:
         """Features ``[B, feature_size]`` of images ``[B, 3, H, W]`` in [-1, 1].
 
         Taken before their activation: a unit that is off for most images would leave their covariance singular.
         """
-        return self.project(self.pool(self.convolutions(images)).flatten(1))
+        return self.project(self.pool(self.convolutions(images)).flatten(1)) / self.feature_scale
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, num_classes]``."""
@@ -62,4 +64,8 @@ class Judge(ModelMixin, ConfigMixin):
         return np.concatenate(features), np.concatenate(labels)
 
     def _logits(self, features: Tensor) -> Tensor:
-        return self.classify(self.dropout(F.relu(features)))
+        return self.classify(self.dropout(F.relu(features * self.feature_scale)))
+
+    def set_feature_scale(self, images: np.ndarray) -> None:
+        """Scale the features so that their mean square over uint8 images ``[N, H, W, 3]`` is 1."""
+        self.feature_scale *= float(np.sqrt(np.square(self.judge(images)[0]).mean()))

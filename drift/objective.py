@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drift.errors import InputError
 from drift.features import feature_group
 from drift.guidance import negative_weight
 from drift.loss import TEMPERATURES, DriftLoss, drift_loss
@@ -45,6 +46,9 @@ class Objective:
         L, P, N = len(alpha_L), self.positives, self.unconditional
         weight_L = negative_weight(alpha_L, num_generated=self.generated, num_unconditional=N)
         losses = {}
+        unknown = sorted(set(self.features or ()) - set(fake))
+        if unknown:
+            raise InputError(f"the encoder has no feature set {unknown[0]!r}; it has {', '.join(fake)}")
         for name in self.features or fake:
             T = fake[name].shape[1]
             losses[name] = drift_loss(

@@ -67,6 +67,21 @@ class Tokenizer(Section):
     encode_batch_size: Count = 64
     seed: CountOrZero = 0
 
+    @model_validator(mode="after")
+    def _groups_divide(self):
+        odd = [channels for channels in self.block_out_channels if channels % self.norm_groups]
+        if odd:
+            raise ValueError(f"block_out_channels: {odd[0]} does not divide into {self.norm_groups} norm_groups")
+        if self.identity and self.pretrained:
+            raise ValueError("identity: a tokenizer is the identity or pretrained, not both")
+        return self
+
+    def reduction(self) -> int | None:
+        """Image pixels per latent position along a side; None where only the pretrained weights know."""
+        if self.pretrained:
+            return None
+        return 1 if self.identity else 2 ** (len(self.block_out_channels) - 1)
+
 
 class Encoder(Section):
     dataset: Name
@@ -239,6 +254,13 @@ class Params(Section):
                         f"experiments.{name}.{field}: {getattr(entry, field)!r} is of the dataset {part.dataset!r}, "
                         f"the experiment of {entry.dataset!r}"
                     )
+            reduction, size = self.tokenizers[entry.tokenizer].reduction(), self.datasets[entry.dataset].image_size
+            patch = entry.generator.patch_size
+            if reduction and entry.generator.size is None and size % (reduction * patch):
+                raise ValueError(
+                    f"experiments.{name}.generator.patch_size: images of {size} pixels do not divide into "
+                    f"patches of {patch} latents of {reduction} pixels"
+                )
             tokenizer = self.encoders[entry.encoder].tokenizer
             if tokenizer != entry.tokenizer:
                 raise ValueError(
